@@ -1,0 +1,1 @@
+"""Virtual-disk files: pure format code on the standard library. No devices, no policy."""

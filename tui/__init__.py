@@ -1,0 +1,1 @@
+"""The console. It starts jobs and reads files; the core never imports it."""
