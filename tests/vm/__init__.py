@@ -1,0 +1,1 @@
+"""Tests that boot real machines in QEMU, and the machine that they boot."""
